@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from selftune.monitor.reading import Log, read, runs_in
@@ -40,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show(runs: Sequence[str]) -> int:
     logs: dict[str, Log] = {}
-    missing = 0
+    status = 0
     for run in _expanded(runs):
         try:
             for name, log in read(run).by_optimizer().items():
                 logs[f"{run}: {name}" if name else run] = log
-        except FileNotFoundError as error:
-            print(error, file=sys.stderr)
-            missing += 1
+        except (OSError, ValueError) as error:
+            print(error if run in str(error) else f"{run}: {error}", file=sys.stderr)
+            status = 1
     for run, log in logs.items():
         lines, why = log.lines(), log.reasons()
         others = ", ".join(log.curves) or "an empty log"
@@ -59,7 +60,7 @@ def _show(runs: Sequence[str]) -> int:
         for run, loss in sorted(losses.items(), key=lambda item: _rank(item[1])):
             ends = ", ".join(f"{one.name}={one.end:.3g}" for one in logs[run].lines())
             print(f"{'–' if loss is None else f'{loss:.4g}':>8}  {run}  {ends}")
-    return 1 if missing else 0
+    return status
 
 
 def _rank(loss: float | None) -> tuple[bool, float]:
@@ -72,7 +73,7 @@ def _expanded(runs: Sequence[str]) -> list[str]:
     """The given runs; a folder without a run is replaced by the runs below it."""
     folders: dict[str, None] = {}
     for run in runs:
-        below = [str(path) for path in runs_in(run)] if Path(run).is_dir() else []
+        below = [str(path) for path in runs_in(run)] if os.path.isdir(run) else []
         folders |= dict.fromkeys([run] if not below or str(Path(run)) in below else below)
     return list(folders)
 
@@ -109,7 +110,8 @@ def _demo(folder: str, epochs: int) -> int:
         f"validation loss {result.best_loss:.4g}; {100 * right:.1f} % accuracy on {len(test)} "
         "test digits\n"
     )
-    print(result.report())
+    print(replace(result, folder=None).report())
+    result.report()  # the files, last: the folder may not be writable
     print(f"\nReport:  {Path(folder) / 'report.html'}\nCharts:  tensorboard --logdir {folder}")
     return 0
 

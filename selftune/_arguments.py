@@ -12,7 +12,7 @@ import inspect
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -208,6 +208,10 @@ PATH = Instance((str, Path), "a path")
 FOLDER = Folder()
 MAPPING = Instance((Mapping,), "a dictionary")
 FUNCTION = That(callable, "a function")
+REPEATABLE = That(  # classes of Python's with __next__ may begin anew in __iter__
+    lambda v: not (isinstance(v, Iterator) and type(v).__module__ in ("builtins", "itertools")),
+    "batches that every trial can iterate over, such as a DataLoader or a list",
+)
 SCALAR = That(
     lambda v: Number().fits(v) or (isinstance(v, Tensor) and v.numel() == 1),
     "a number, or a tensor with one element",

@@ -26,6 +26,17 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def attention_by_steps() -> Iterator[None]:
+    """Keeps torch's encoder layers from their fused kernel, which hides and vmaps nothing."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
 def ordinary_tensors() -> Iterator[None]:
     """Creates tensors that later steps may change in place, also under ``torch.inference_mode``."""
     with torch.inference_mode(False), torch.no_grad():

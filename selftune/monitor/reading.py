@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,13 +73,15 @@ class Log:
                 if any(f"hyper/{whole}/{part}" in self.curves for part in PARTS):
                     lines.append(line(name, curve, f"{whole} of a group or layer"))
                     continue
-                codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
-                sentence = sentences.get(name, "")
-                if codes and not sentence:
-                    sentence = in_words(name, KINDS[int(codes[-1])], curve[1][-1])
-                sentence = sentence or "no verdict yet"
-                lines.append(line(name, curve, sentence))
+                kind = self._verdict(name)
+                known = "no verdict yet" if kind is None else in_words(name, kind, curve[1][-1])
+                lines.append(line(name, curve, sentences.get(name) or known))
         return lines
+
+    def _verdict(self, name: str) -> str | None:
+        """The kind of the last verdict; None if there is none, or one of another version."""
+        codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
+        return KINDS[int(codes[-1])] if codes and codes[-1] in range(len(KINDS)) else None
 
     def reasons(self) -> str:
         """Explanations of the values: as logged at the end, or derived from the log."""
@@ -94,11 +97,11 @@ class Log:
         first = self.curves[f"hyper/{name}"][0][0]
         for step, height in zip(*self.curves.get(f"{WHEN}/{name}", ((), ())), strict=True):
             if step and math.isfinite(height):
-                set_to = 10**height if f"{LOG10}/{name}" in self.curves else height
+                power = 10.0 ** min(height, sys.float_info.max_10_exp)
+                set_to = power if f"{LOG10}/{name}" in self.curves else height
                 event = "sweep" if step <= first else "extension"
                 reasons.append(f"{'rewind' if step in rewinds else event} {set_to:.3g}")
-        codes = self.curves.get(f"verdict/{name}", ((), ()))[1]
-        if codes and KINDS[int(codes[-1])] == "at bound":
+        if self._verdict(name) == "at bound":
             return f"{name}: " + " → ".join([*reasons, f"{value:.3g}, its bound or floor"])
         ratio = self.curves.get(f"hypergrad/{name}/snr", ((), (math.nan,)))[1][-1]
         known = f" (signal-to-noise {ratio:.1f})" if math.isfinite(ratio) else ""
@@ -161,18 +164,19 @@ def _read_lines(path: Path) -> Log:
         if row is None:
             left_out.append(number)
             continue
-        tag, value, step = (row.get(key) for key in ("tag", "value", "step"))
+        tag, value, step = row.get("tag"), _number(row.get("value")), _number(row.get("step"))
         if isinstance(row.get("hparams"), dict):  # of several runs, the last one is read
             if points:
                 log.warning("%s, line %d: another run begins; it alone is shown", path, number)
             points.clear()
             found.texts.clear()
-            found.given = {n: v for n, v in row["hparams"].items() if isinstance(v, (int, float))}
+            given = {n: _number(v) for n, v in row["hparams"].items()}
+            found.given = {n: v for n, v in given.items() if v is not None}
         if isinstance(row.get("text"), str) and isinstance(tag, str):
             found.texts[tag] = row["text"]
-        elif value is None:  # not finite, or another kind of line
+        elif row.get("value") is None:  # not finite, or another kind of line
             continue
-        elif isinstance(tag, str) and all(isinstance(n, (int, float)) for n in (value, step)):
+        elif isinstance(tag, str) and value is not None and step is not None:
             steps, values = points.setdefault(tag, ([], []))
             steps.append(step)
             values.append(value)
@@ -185,6 +189,12 @@ def _read_lines(path: Path) -> Log:
             path, left_out[0], len(left_out),
         )  # fmt: skip
     return found
+
+
+def _number(entry: Any) -> float | None:
+    """A finite number that a float can hold, or None."""
+    fits = isinstance(entry, (int, float)) and abs(entry) <= sys.float_info.max
+    return entry if fits else None
 
 
 def _given(events: Any) -> dict[str, float]:

@@ -199,7 +199,7 @@ def numbered_jsonl(path: str | Path) -> dict[int, dict[str, Any] | None]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also of numbers with thousands of digits
             if number == len(lines) and not text.endswith("\n"):
                 break
             row = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from selftune._arguments import FUNCTION, MAPPING, MODULE, NONE, check
+from selftune._arguments import FUNCTION, MAPPING, MODULE, NONE, REPEATABLE, check
 from selftune.search._shape import Shape
 from selftune.search._space import GridPoint, Space
 from selftune.search.families import AbstractFamily, auto
@@ -38,7 +38,8 @@ class Candidate:
     tuner: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check({"model": MODULE, "loss_fn": FUNCTION | NONE, "tuner": MAPPING}, vars(self))
+        data = {"train": REPEATABLE, "val": REPEATABLE}
+        check({"model": MODULE, **data, "loss_fn": FUNCTION | NONE, "tuner": MAPPING}, vars(self))
         check_own("tuner", self.tuner, **SET)
 
 

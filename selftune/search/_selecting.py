@@ -29,6 +29,7 @@ from selftune._arguments import (
     MAPPING,
     NONE,
     PATH,
+    REPEATABLE,
     TEXT,
     Instance,
     Kind,
@@ -60,6 +61,8 @@ from selftune.search.memory import Memory, Task
 log = logging.getLogger("selftune")
 
 ARGUMENTS: dict[str, Kind] = {
+    "train": REPEATABLE,
+    "val": REPEATABLE,
     "trials": COUNT,
     "epochs": COUNT | NONE,
     "steps": COUNT | NONE,

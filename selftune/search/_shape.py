@@ -171,6 +171,11 @@ def _check_targets(y: Any, x: Tensor) -> None:
         raise ValueError(f"train has the class {int(y.min())}: number them from 0")
 
 
+def _check_output(output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model returned a {type(output).__name__}: return one tensor")
+
+
 class Classes(nn.CrossEntropyLoss):
     """Cross entropy with classes in the last dimension, over any number of positions.
 
@@ -184,6 +189,7 @@ class Classes(nn.CrossEntropyLoss):
         self.count = count
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        _check_output(output)
         positions = output.shape[:-1].numel() if output.ndim > 1 else 0
         if positions != target.numel() or self.count not in (None, output.shape[-1]):
             raise ValueError(
@@ -202,6 +208,7 @@ class Squared(nn.MSELoss):
     """Squared error; outputs of shape (batch, 1) also fit targets of shape (batch,)."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        _check_output(output)
         if output.shape not in (target.shape, (*target.shape, 1)):
             raise ValueError(
                 f"the model returned shape {tuple(output.shape)} for targets of shape "

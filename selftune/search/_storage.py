@@ -34,7 +34,14 @@ from optuna.storages import (
 )
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    SQLAlchemyError,
+)
 
 from selftune.search._journal import opened
 
@@ -86,6 +93,8 @@ def _remote(address: str) -> BaseStorage:
     """A storage by its URL."""
     if address.startswith("grpc://"):
         host, _, port = address.removeprefix("grpc://").partition(":")
+        if not (port or "0").isdecimal():
+            raise ValueError(f"storage={address}: {port!r} is no port: pass grpc://host:13000")
         return GrpcStorageProxy(host=host, port=int(port or 13000))
     again = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
     try:
@@ -93,6 +102,11 @@ def _remote(address: str) -> BaseStorage:
             address, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=BEAT,
             grace_period=GRACE, heartbeat_stale_trial_callback=again,
         )  # fmt: skip
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ValueError(
+            f"storage={address} is no address of a database ({error}): pass a path, or one like "
+            "sqlite:///study.db or postgresql://user@host/name"
+        ) from error
     except ImportError as error:
         raise ImportError(
             f"storage={address} needs a database driver that is not installed "

@@ -107,11 +107,16 @@ class SelfTuningClassifier(ClassifierMixin, AbstractEstimator):
                 "class_weight='balanced': the first partial_fit lacks the classes "
                 f"{known[counts == 0].tolist()}: pass data of all, or a dictionary of weights"
             )
-        weights = (
+        weights: Array = (
             1 / counts
             if balanced
             else compute_class_weight(self.class_weight, classes=known, y=known)
         )
+        if not (np.isfinite(weights).all() and (weights >= 0).all() and weights @ counts > 0):
+            raise ValueError(
+                f"class_weight={self.class_weight}: weights must be finite and at least 0, and one "
+                "of a class in y above 0"
+            )
         return torch.from_numpy(weights * counts.sum() / (weights @ counts))
 
     def _strata(self, y: Array, count: int) -> Array | None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
+from selftune._modes import attention_by_steps
 from selftune.structure._channels import Follower
 from selftune.structure._folding import replace_optionals
 from selftune.structure._tracing import Tracer, call, plain_copy
@@ -252,10 +253,7 @@ def _counted(model: nn.Module, batch: float) -> Iterator[dict[int, float]]:
             if isinstance(param, nn.Parameter):
                 positions[id(param)] = positions.get(id(param), 0.0) + times / batch
 
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as undo:
-        torch.backends.mha.set_fastpath_enabled(False)
-        undo.callback(torch.backends.mha.set_fastpath_enabled, fused)
+    with attention_by_steps(), ExitStack() as undo:
         for module in model.modules():
             if isinstance(module, COUNTED):
                 undo.enter_context(module.register_forward_hook(count, with_kwargs=True))

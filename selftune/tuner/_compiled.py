@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from selftune._modes import attention_by_steps
 from selftune._trees import copy_into, leaves
 from selftune.tuner._fast_path import FastPath
 from selftune.tuner._graph import compile_step, enable_hooks, first_line, for_shapes, signature
@@ -251,7 +252,8 @@ def _mapper(population: int | None) -> Callable[[Step, int], Step]:
         def over_members(*args: Any) -> Any:
             cut = len(args) - shared
             dims = (0,) * cut + (None,) * shared
-            return torch.func.vmap(step, in_dims=dims, randomness="different")(*args)
+            with attention_by_steps():
+                return torch.func.vmap(step, in_dims=dims, randomness="different")(*args)
 
         return over_members
 

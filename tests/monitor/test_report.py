@@ -265,3 +265,58 @@ def test_broken_lines_of_a_log_are_named(tmp_path: Path, caplog: pytest.LogCaptu
     assert read(recorder.path).given == {"lr": 0.1}
     assert "run.jsonl, line 3: no tag" in caplog.text
     assert "3 such lines" in caplog.text  # without the last one, which a kill cut short
+
+
+def test_a_run_that_cannot_be_read_hides_no_other(
+    finished: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Truth: the errors of the system for a name that is too long and a folder that is no file."""
+    (tmp_path / "events.out.tfevents.1").mkdir()
+    long = "x" * 300
+    assert main(["show", long, str(tmp_path), str(finished.folder)]) == 1
+    out, err = capsys.readouterr()
+    assert [text in err for text in (long, str(tmp_path))] == [True, True]
+    assert "weight_decay" in out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [f'{{"tag": "hyper/lr", "value": 1, "step": {"9" * 5000}}}', "[" * 100_000,
+     f'{{"tag": "hyper/lr", "value": {"9" * 400}, "step": 1}}',
+     '{"tag": "hyper/lr", "value": 1, "step": Infinity}',
+     '{"tag": "hyper/lr", "value": 1, "step": NaN}'],
+    ids=["digits", "nested", "value", "infinite", "nan"],
+)  # fmt: skip
+def test_numbers_that_are_none_are_named(
+    line: str, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = JSONL(tmp_path / "run.jsonl")
+    recorder.scalars([Row("hyper/lr", 0.5, 5)])
+    recorder.path.write_text(f"{recorder.path.read_text()}{line}\n")
+    recorder.scalars([Row("hyper/lr", 0.25, 6)])
+    assert main(["show", str(recorder.path)]) == 0
+    assert "0.25" in capsys.readouterr().out
+    assert f"{recorder.path}, line 2: no tag with numbers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "entry", ['"verdict/lr", "value": 99', '"verdict/lr", "value": -1', '"when/lr", "value": 400']
+)
+def test_entries_of_another_version_are_left_out(entry: str, tmp_path: Path, capsys: Any) -> None:
+    """Law: an unknown verdict is none, and a mark beyond the largest number is infinite."""
+    lines = ['"hyper/lr", "value": 0.5', '"margin/lr/low", "value": 0.5', '"log10/lr", "value": 0']
+    text = "".join(f'{{"tag": {line}, "step": 5}}\n' for line in [*lines, entry])
+    (tmp_path / "run.jsonl").write_text(text)
+    assert main(["show", str(tmp_path / "run.jsonl")]) == 0
+    assert "lr" in (out := capsys.readouterr().out)
+    assert "no verdict yet" in out
+
+
+def test_a_demo_that_cannot_write_shows_its_table(tmp_path: Path, capsys: Any) -> None:
+    """Truth: a file where the folder would be made."""
+    pytest.importorskip("sklearn")
+    (tmp_path / "file").touch()
+    assert main(["demo", "--epochs", "1", "--log-dir", str(tmp_path / "file" / "demo")]) == 1
+    out, err = capsys.readouterr()
+    assert "weight_decay" in out
+    assert str(tmp_path / "file") in err

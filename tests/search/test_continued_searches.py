@@ -76,6 +76,13 @@ class Streamed(IterableDataset[Any]):
         pytest.fail("a stream was read")
 
 
+class Endless:
+    """Batches without a length, begun anew by every pass."""
+
+    def __iter__(self) -> Iterator[Any]:
+        pytest.fail("a batch was read")
+
+
 SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "a lambda": lambda: {"loss_fn": lambda o, t: (o - t).abs().mean()},
     "a partial": lambda: {"loss_fn": partial(F.smooth_l1_loss, beta=random.random())},
@@ -83,7 +90,7 @@ SAME: dict[str, Callable[[], dict[str, Any]]] = {
     "a shuffled loader": lambda: {"val": loader()},
     "another batch size": lambda: {"val": DataLoader(Unread(), random.choice((4, 16)))},
     "a stream": lambda: {"val": DataLoader(Streamed(), 8)},
-    "an iterator": lambda: {"val": iter(BATCHES)},
+    "batches without a length": lambda: {"val": Endless()},
     "a share": lambda: {"train": loader(), "val": 0.2},
 }
 

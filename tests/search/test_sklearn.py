@@ -1,6 +1,7 @@
 """Estimators of scikit-learn. Truths: its own estimator checks, its own tools, a plain pickle."""
 
 import pickle
+import re
 from typing import Any
 
 import numpy as np
@@ -301,3 +302,17 @@ def test_numbers_of_numpy_are_numbers() -> None:
         for kind in (int, np.int64)
     ]  # fmt: skip
     assert np.array_equal(*fits)
+
+
+@pytest.mark.parametrize("weights", [{0: -1, 1: 1}, {0: 0, 1: 0}, {0: np.nan, 1: 1}])
+def test_weights_that_no_loss_can_have_are_refused(weights: dict[int, float]) -> None:
+    x, y = columns(50)
+    with pytest.raises(ValueError, match=re.escape(f"class_weight={weights}: ")):
+        SelfTuningClassifier(**QUICK, class_weight=weights).fit(x, y > 0)
+
+
+@pytest.mark.parametrize("kind", [SelfTuningClassifier, SelfTuningRegressor])
+def test_a_module_returns_one_tensor(kind: Any) -> None:
+    x, y = columns(50)
+    with pytest.raises(TypeError, match="the model returned a tuple: return one tensor"):
+        kind(**QUICK, module=lambda shape: torch.nn.RNN(x.shape[1], 2)).fit(x, y > 0)

@@ -1,6 +1,7 @@
 """Storages for several machines. Truth: Optuna's own record of the trials."""
 
 import os
+import re
 import socket
 import sqlite3
 import threading
@@ -99,3 +100,14 @@ def test_the_lock_of_a_killed_worker_is_told_and_taken_over(
     found = search.select(objective, trials=2, storage=path, progress=False)
     assert len(found.study.trials) == 2
     assert "has been locked for some time" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [("grpc://localhost:abc", "storage=grpc://localhost:abc: 'abc' is no port"),
+     ("foo://x/y", "storage=foo://x/y is no address of a database"),
+     ("://", "storage=:// is no address of a database")],
+)  # fmt: skip
+def test_addresses_of_nothing_are_named(address: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        search.select(objective, trials=1, storage=address, progress=False)

@@ -298,3 +298,14 @@ def test_volumes_are_learnt_by_layers_that_take_any_shape() -> None:
     found = search.select("auto", batches[:3], batches[3:], trials=2, epochs=1, progress=False)
     assert {n.split(".")[0] for t in found.study.trials for n in t.params} == {"mlp"}
     assert {t.state.name for t in found.study.trials} == {"COMPLETE"}
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_batches_that_end_after_one_trial_are_refused(name: str) -> None:
+    """Later trials would find none, and fail."""
+    data = {"train": BATCHES[:3], "val": BATCHES[3:]}
+    data[name] = iter(data[name])
+    with pytest.raises(TypeError, match=rf"{name}=<list_it.*> must be batches that every"):
+        search.select(lambda space: nn.Linear(8, 1), **data, **ONCE)
+    with pytest.raises(TypeError, match=rf"{name}=<list_it.*> must be batches that every"):
+        search.Candidate(model=nn.Linear(8, 1), **{name: data[name]})

@@ -114,3 +114,25 @@ def test_the_history_is_that_of_the_leader() -> None:
         assert result.schedule.steps < result.steps  # without undone steps
         assert max(result.schedule.values["lr"])[1] < 1.0, members
     assert math.isfinite(result.history["train_loss"][-1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's
+def test_transformers_with_masks() -> None:
+    """The fused kernel for evaluation mode has no rule for several models at once."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.encoder(x, src_key_padding_mask=x[..., 0] > 1).mean((1, 2)).unsqueeze(1)
+
+    x = torch.randn(32, 5, 8, generator=torch.Generator().manual_seed(0)).clamp(max=2)
+    x[:, 0, 0] = 0
+    batches = [(part, part.sum((1, 2)).unsqueeze(1)) for part in x.split(8)]
+    tuner = st.Tuner(Reader(), nn.functional.mse_loss, population=2, compile=False)
+    result = tuner.fit(batches[:3], batches[3:], epochs=8, progress=False)
+    assert math.isfinite(result.best_loss)
+    assert torch.backends.mha.get_fastpath_enabled()
