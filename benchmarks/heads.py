@@ -18,10 +18,10 @@ A run of 1,000 steps takes 75 seconds. Typical output (torch 2.13):
 
     | | test loss | ratio | heads kept, % | feed-forward units kept, % | parameters |
     |---|---|---|---|---|---|
-    | wide | 1.7488 | 1.0000 ± 0.0000 | 100 | 100 | 242,561 |
-    | small | 1.7762 | 1.0157 ± 0.0031 | 100 | 50 | 168,449 |
-    | goal, closed by 20 % | 1.7827 | 1.0194 ± 0.0041 | 86 | 57 | 168,229 |
-    | goal, closed by 80 % | 1.7777 | 1.0166 ± 0.0009 | 75 | 61 | 166,407 |
+    | wide | 1.7444 | 1.0000 ± 0.0000 | 100 | 100 | 242,561 |
+    | small | 1.7709 | 1.0152 ± 0.0060 | 100 | 50 | 168,449 |
+    | goal, closed by 20 % | 1.7816 | 1.0214 ± 0.0067 | 86 | 57 | 168,229 |
+    | goal, closed by 80 % | 1.7741 | 1.0170 ± 0.0013 | 78 | 59 | 165,962 |
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ class WeightSteps:
         return guard is not None and guard.policy.counts(self._age, self._engine.stride)
 
     def _observe_activity(self, grads: Sequence[Tensor]) -> Action:
-        present = [p.grad is not None for block in self._blocks for p in block.params]
+        # `zero_grad(set_to_none=False)` leaves zeros in frozen layers, which are not dead.
+        params = (p for block in self._blocks for p in block.params)
+        present = [p.requires_grad and p.grad is not None for p in params]
         live = self._store.reducer.total(live_units(grads, present)).tolist()
         record = Activity(live, self._age, self._engine.shifts.climb)
         return self._engine.controller.observe(record)

@@ -276,3 +276,29 @@ def test_a_look_does_not_change_the_run(shell: str, change: str) -> None:
         ends.append({**averaged(net, opt), **{k: torch.tensor(v) for k, v in opt.hparams.items()}})
     for name, expected in ends[0].items():
         assert torch.equal(ends[1][name], expected), name
+
+
+@pytest.mark.parametrize("shell", [st.AdamW, st.SGD])
+def test_zeros_in_the_gradients_of_a_frozen_layer_are_no_dead_units(
+    shell: type[st.SGD], caplog: pytest.LogCaptureFixture
+) -> None:
+    """``zero_grad(set_to_none=False)``. Truth: no unit has died."""
+    draw = torch.Generator().manual_seed(0)
+    x, true = torch.randn(512, 8, generator=draw), torch.randn(8, 2, generator=draw)
+    y = torch.tanh(x @ true)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 2))
+    opt = shell(net.parameters(), lr=0.01, total_steps=300)
+
+    def loss(at: Tensor) -> Tensor:
+        return (net(x[at]) - y[at]).square().mean()
+
+    for step in range(300):
+        if step == 100:
+            net[0].requires_grad_(False)
+        opt.zero_grad(set_to_none=False)
+        loss(torch.randint(448, (32,), generator=draw)).backward()
+        opt.step()
+        opt.hyper_step(lambda: loss(torch.arange(448, 512)))
+    assert net[0].weight.grad is not None
+    assert "died" not in caplog.text
