@@ -91,11 +91,12 @@ class Block:
             for row, entry, view, name in zip(self._rows, self._entries, views, names, strict=True):
                 # Saved, in the format of checkpoints or as this process's part; what does not fit
                 # belongs to a parameter of another shape, which this one has replaced.
-                if entry.get(key) is not None and row.fits(entry[key], view):
-                    part = local(entry[key])
-                    view.copy_(part if part.shape == view.shape else row.load(entry[key]))
-                elif key in self.part.rule and entry.get(key) is not None:
-                    shapes = tuple(entry[key].shape), tuple(view.shape)
+                saved = entry.get(key)
+                fitting = None if saved is None else row.load(saved, view)
+                if fitting is not None:
+                    view.copy_(fitting)
+                elif key in self.part.rule and saved is not None:
+                    shapes = tuple(saved.shape), tuple(view.shape)
                     raise ValueError(
                         "state: {!r} of {} has shape {}, the parameter {}: carry its state over in "
                         "the new shape, or leave it out".format(key, name, *shapes)

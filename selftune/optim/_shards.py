@@ -29,18 +29,42 @@ def whole(param: Tensor, value: Tensor) -> Tensor:
 
 def _sharded(param: Any, value: Tensor, shape: Sequence[int]) -> Tensor:
     """A DTensor sharded like a parameter, with additional leading dimensions."""
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import DTensor
 
     lead = value.ndim - len(shape)
     size = torch.Size((*value.shape[:lead], *shape))
-    placements = [Shard(p.dim + lead) if isinstance(p, Shard) else p for p in param.placements]
     stride = torch.empty(size, device="meta").stride()
     value = value.contiguous().to(param.device)
     if value.storage_offset():  # torch.save and deepcopy refuse DTensors of such views
         value = value.clone()
     return DTensor.from_local(
-        value, param.device_mesh, placements, run_check=False, shape=size, stride=stride
-    )
+        value, param.device_mesh, _placements(param, lead), run_check=False, shape=size,
+        stride=stride,
+    )  # fmt: skip
+
+
+def _placements(param: Any, lead: int) -> list[Any]:
+    """Those of a parameter, after additional leading dimensions."""
+    from torch.distributed.tensor import Shard
+
+    return [Shard(p.dim + lead) if isinstance(p, Shard) else p for p in param.placements]
+
+
+def _part(param: Any, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """This process's part of a saved tensor.
+
+    In a full state dict, torch shards only what a new optimizer keeps under the same key. The rest
+    is whole, with dimensions of the given shape after additional leading ones.
+    """
+    lead = value.ndim - len(shape)
+    whole = lead >= 0 and value.shape[lead:] == torch.Size(shape)
+    if not is_sharded(param) or is_sharded(value) or not whole:
+        return local(value)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(
+        value.to(param.device), param.device_mesh, _placements(param, lead), src_data_rank=None
+    ).to_local()
 
 
 @dataclass(frozen=True)
@@ -71,21 +95,23 @@ class Rows:
     def save(self, kept: Tensor) -> Tensor:
         """Convert a slice of shape (…, slice) to (…, rows, largest number in a row)."""
         row, column, width = self._places
-        rows = rows_of(self.param)
-        shape = (self.param.shape[0] if self.param.ndim else 1, width)
-        table = kept.new_zeros((*kept.shape[:-1], len(rows), width))
+        table = kept.new_zeros((*kept.shape[:-1], len(rows_of(self.param)), width))
         table[..., row, column] = kept
-        if not is_sharded(self.param):
-            return table
-        return _sharded(self.param, table, shape)
+        return _sharded(self.param, table, self._shape) if is_sharded(self.param) else table
 
-    def fits(self, saved: Tensor, view: Tensor) -> bool:
-        """Whether a saved tensor has the shape of a view, or that of its rows."""
+    def load(self, saved: Tensor, view: Tensor) -> Tensor | None:
+        """Saved state in the shape of a view; None if the parameter had another shape."""
         if local(saved).shape == view.shape:
-            return True
-        rows = (*view.shape[:-1], len(rows_of(self.param)), self._places[2])
-        return self.stride > 1 and local(saved).shape == rows
+            return local(saved)
+        part = _part(self.param, saved, self.param.shape)
+        if part.shape == view.shape:
+            return part
+        row, column, width = self._places
+        table = _part(self.param, saved, self._shape)
+        fits = table.shape == (*view.shape[:-1], len(rows_of(self.param)), width)
+        return table[..., row, column] if fits and self.stride > 1 else None
 
-    def load(self, table: Tensor) -> Tensor:
-        row, column, _ = self._places
-        return local(table)[..., row, column]
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """The shape of a slice in the row format, in all processes."""
+        return self.param.shape[0] if self.param.ndim else 1, self._places[2]

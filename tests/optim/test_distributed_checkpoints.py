@@ -155,6 +155,37 @@ def processes(rank: int, world: int, port: int) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def mixture(net: nn.Module) -> st.Mixture:
+    rules = [st.rules.SGD(), st.rules.AdamW()]
+    return st.Mixture(net, rules, lr=0.02, tangents=1 / 3, total_steps=80)
+
+
+def chosen(rank: int, port: int, folder: Path) -> None:
+    """A full state of a mixture after its choice, whose state no new one has."""
+    torch.set_num_threads(1)
+    with processes(rank, 2, port):
+        net = sharded()
+        opt = mixture(net)
+        train(net, opt, range(HALF), rank)
+        assert opt.rule is not None
+        states = get_state_dict(net, opt, options=StateDictOptions(full_state_dict=True))
+        torch.save(states, folder / "full.pt" if rank == 0 else os.devnull)
+        train(net, opt, range(HALF, END), rank)
+        dist.barrier()
+        ends = resume("Mixture", rank, folder, full=True), end(net, opt)
+        torch.save(ends, folder / f"{rank}.pt")
+        dist.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_shards_of_a_mixture_after_its_choice(tmp_path: Path) -> None:
+    mp.spawn(chosen, (a_port(), tmp_path), nprocs=2)
+    for rank in range(2):
+        got, want = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def save(name: str, rank: int, folder: Path) -> None:
     """Half a run, saved in both ways, and the whole of it."""
     net = sharded()
@@ -174,7 +205,7 @@ def save(name: str, rank: int, folder: Path) -> None:
 
 def resume(name: str, rank: int, folder: Path, full: bool) -> dict[str, Any]:
     net = sharded()
-    opt = MAKES[name](net)
+    opt = {**MAKES, "Mixture": mixture}[name](net)
     if full:
         model, optim = torch.load(folder / "full.pt", weights_only=True)
         options = StateDictOptions(full_state_dict=True)
