@@ -27,7 +27,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_by_steps() -> Iterator[None]:
-    """Keeps torch's encoder layers from their fused kernel, which hides and vmaps nothing."""
+    """Turn off the fused kernel of torch's encoder layers: it calls no hooks and has no vmap."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

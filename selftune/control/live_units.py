@@ -46,7 +46,11 @@ class LiveUnits:
             bottleneck: The same for the harmonic mean over layers (:func:`left`).
             early: Whether units may still die after a sweep.
         """
-        self.alive = list(alive)
+        before = self.alive if len(self.alive) == len(alive) else alive
+        # A layer that becomes frozen keeps its count: without it, the share of the others counts,
+        # of which some may have died long before.
+        alive = [a if math.isnan(n) else n for n, a in zip(alive, before, strict=True)]
+        self.alive = alive
         # Units dead at the given rate, such as closed ones, were not killed by a raised one.
         same = raised and len(self.most) == len(alive)
         self.most = max(self.most, self.alive, key=total) if same else self.alive
