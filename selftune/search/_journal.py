@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -19,15 +20,32 @@ FIRST = b'{"op_code":'  # of a journal
 def opened(path: Path) -> JournalFileOpenLock:
     """The lock of a journal that can be read; an incomplete last line is repaired."""
     lock = JournalFileOpenLock(str(path))
+    _await(path, lock)
     if not _check_journal(path):
         _repair(path, lock)
-    lock_file = Path(f"{path}.lock")
-    if lock_file.exists() and time.time() - lock_file.stat().st_mtime > PATIENCE:
-        log.warning(
-            "storage=%s has been locked for some time, perhaps by a worker that was killed: the "
-            "lock is taken over if it is not released within 30 s", path,
-        )  # fmt: skip
     return lock
+
+
+def _await(path: Path, lock: JournalFileOpenLock) -> None:
+    """Wait until a journal is not locked, with a warning if that takes long."""
+    try:
+        age = time.time() - Path(f"{path}.lock").stat().st_mtime
+    except FileNotFoundError:
+        return
+    warning = threading.Timer(max(0.0, PATIENCE - age), _warn, [path])
+    warning.start()
+    try:
+        lock.acquire()
+        lock.release()
+    finally:
+        warning.cancel()
+
+
+def _warn(path: Path) -> None:
+    log.warning(
+        "storage=%s has been locked for some time, perhaps by a worker that was killed: the lock "
+        "is taken over if it is not released within 30 s", path,
+    )  # fmt: skip
 
 
 def _check_journal(path: Path) -> bool:

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import optuna
@@ -242,7 +243,8 @@ class Trainer:
             name = f"{trial.number:04d}-{trial.user_attrs['family']}{suffix}"
             if trial.study.study_name != STUDY:  # whose runs may be in this folder too
                 name = f"{trial.study.study_name}-{name}"
-            board = TensorBoard(self.weights.folder / name, about=about)
+            # Names of studies and families may contain a separator of paths.
+            board = TensorBoard(self.weights.folder / quote(name, safe=" "), about=about)
             others = options.get("recorder")
             options["recorder"] = [board] if others is None else [board, others]
         val = self.val if made.val is None else made.val

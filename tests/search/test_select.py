@@ -256,6 +256,17 @@ def test_every_trial_is_a_session_with_all_columns(tmp_path: Path) -> None:
         assert start["start/lr"].number_value > 0
 
 
+def test_logs_stay_in_their_folder_whatever_the_names_of_study_and_family(tmp_path: Path) -> None:
+    train, val = data()
+    logs = tmp_path / "logs"
+    search.select(
+        {"net/small": build}, train, val, trials=1, sampler="random", study="a/../../b",
+        log_dir=logs, **QUICK,
+    )  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["logs"]
+    assert sorted(p.name for p in logs.iterdir()) == ["a%2F..%2F..%2Fb-0000-net%2Fsmall", "weights"]
+
+
 SHAPES = {
     "table": (torch.randn(12, 5), torch.randint(3, (12,))),
     "images": (torch.randn(12, 2, 8, 6), torch.randint(3, (12,))),

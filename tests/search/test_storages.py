@@ -88,15 +88,16 @@ def test_a_locked_database_is_named_and_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("age", [0, 60])
 def test_the_lock_of_a_killed_worker_is_told_and_taken_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    age: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Slow: Optuna waits for 30 s before it takes a lock to be stale."""
     path = tmp_path / "study.journal"
     search.select(objective, trials=1, storage=path, progress=False)
     lock = tmp_path / "study.journal.lock"
     lock.touch()
-    os.utime(lock, (time.time() - 60,) * 2)
+    os.utime(lock, (time.time() - age,) * 2)
     found = search.select(objective, trials=2, storage=path, progress=False)
     assert len(found.study.trials) == 2
     assert "has been locked for some time" in caplog.text
