@@ -20,8 +20,9 @@ FIRST = b'{"op_code":'  # of a journal
 def opened(path: Path) -> JournalFileOpenLock:
     """The lock of a journal that can be read; an incomplete last line is repaired."""
     lock = JournalFileOpenLock(str(path))
+    complete = _check_journal(path)  # first, as a file next to another one may be no lock
     _await(path, lock)
-    if not _check_journal(path):
+    if not complete:
         _repair(path, lock)
     return lock
 
