@@ -185,9 +185,13 @@ def test_storages_of_something_else_are_left_alone(tmp_path: Path) -> None:
     train, val = data()
     corrupt = tmp_path / "notes.txt"
     corrupt.write_text("these are\nmy notes\n")
+    beside = tmp_path / "notes.txt.lock"  # not a lock either
+    beside.write_text("mine")
     with pytest.raises(ValueError, match="not a journal"):
         search.select(build, train, val, trials=1, storage=corrupt, **QUICK)
     assert corrupt.read_text() == "these are\nmy notes\n"
+    assert beside.read_text() == "mine"
+    beside.unlink()
     for text in ("one line, 0.93", '{"steps": [1, 2]}'):
         corrupt.write_text(text)
         with pytest.raises(ValueError, match="not a journal"):
