@@ -1,7 +1,7 @@
 """A third of a transformer's heads and feed-forward units removed within its run: what it costs.
 
-A transformer of letters on Shakespeare, two layers of six heads and 384 feed-forward units, trained
-by `st.AdamW` for as many gradient evaluations in each row:
+A transformer of letters on Shakespeare, two layers of six heads and 384 feed-forward units (or as
+many as ``--feed``), trained by `st.AdamW` for as many gradient evaluations in each row:
 
 - *wide*: as it is;
 - *small*: from the start with as many feed-forward units fewer as make it that much smaller;
@@ -12,7 +12,7 @@ by `st.AdamW` for as many gradient evaluations in each row:
 
 The loss is that of test windows, in nats a letter.
 
-    SELFTUNE_DATA=... python -m benchmarks.heads [--seeds 0 1 2] [--steps 1000]
+    SELFTUNE_DATA=... python -m benchmarks.heads [--seeds 0 1 2] [--steps 1000] [--feed 384]
 
 A run of 1,000 steps takes 75 seconds. Typical output (torch 2.13):
 
@@ -101,17 +101,17 @@ class Row:
     """A way to train.
 
     Attributes:
-        feed: Feed-forward units of each layer.
+        small: Whether it has fewer feed-forward units from the start.
         goal: Options of `structure.Goal`; None without a goal.
     """
 
-    feed: int = FEED
+    small: bool = False
     goal: dict[str, float] | None = None
 
 
 ROWS = {
     "wide": Row(),
-    "small": Row(feed=192),
+    "small": Row(small=True),
     "goal, closed by 20 %": Row(goal={}),
     "goal, closed by 80 %": Row(goal={"start": 0.3, "end": 0.8, "closings": 10, "batches": 4}),
 }
@@ -136,16 +136,24 @@ def parameters(model: nn.Module, *parts: str) -> int:
     )  # fmt: skip
 
 
-def run(seed: int, steps: int, row: Row) -> Found:
-    """One run."""
+def third(model: nn.Module) -> float:
+    """A third of the parameters that heads and feed-forward units have."""
+    return parameters(model, "attention", "linear") / 3
+
+
+def run(seed: int, steps: int, row: Row, feed: int = FEED) -> Found:
+    """One run of a net that has, or would have if it were wide, that many feed-forward units."""
+    data, wide = Data(seed), feed
+    if row.small:
+        unit = LAYERS * (2 * WIDTH + 1)  # its parameters
+        feed -= int(third(Letters(data.letters, feed)) / unit)
     torch.manual_seed(seed)
-    data = Data(seed)
-    model = Letters(data.letters, row.feed)
+    model = Letters(data.letters, feed)
     example, goal = data.batch("val", 1)[0], None
     if row.goal is not None:
         options: dict[str, Any] = {**GOAL, **row.goal}
         steps -= options["closings"] * options["batches"]
-        budget = int(parameters(model) - parameters(model, "attention", "linear") / 3)
+        budget = int(parameters(model) - third(model))
         goal = st.structure.Goal(model, example, budget, total_steps=steps, **options)
     opt = st.AdamW(
         st.structure.parameter_groups(model), lr=1e-3, weight_decay=0.01, total_steps=steps,
@@ -170,8 +178,8 @@ def run(seed: int, steps: int, row: Row) -> Found:
         test = statistics.mean(float(loss_of(small, data.batch("test", 64))) for _ in range(40))
     kept = st.structure.open_gates(model)
     heads = sum(k for n, (k, _) in kept.items() if "attention" in n) / (LAYERS * HEADS)
-    feed = sum(k for n, (k, _) in kept.items() if "attention" not in n) / (LAYERS * FEED)
-    return Found(test, heads, feed, parameters(small))
+    units = sum(k for n, (k, _) in kept.items() if "attention" not in n) / (LAYERS * wide)
+    return Found(test, heads, units, parameters(small))
 
 
 def line(name: str, found: Sequence[Found], wide: Sequence[Found]) -> str:
@@ -192,11 +200,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--feed", type=int, default=FEED, help="feed-forward units of each layer")
     args = parser.parse_args()
     found: dict[str, list[Found]] = {name: [] for name in ROWS}
     for seed in args.seeds:
         for name, row in ROWS.items():
-            found[name].append(run(seed, args.steps, row))
+            found[name].append(run(seed, args.steps, row, args.feed))
             print(f"seed {seed}, {name}: {found[name][-1]}", flush=True)
     print("\n| | test loss | ratio | heads kept, % | feed-forward units kept, % | parameters |")
     print("|---|---|---|---|---|---|")
